@@ -25,7 +25,7 @@ STEPS = {"reserve": 60, "load": 80, "release": 30, "save": 30, "pin": 10, "repai
 
 
 class Late(Later):
-    """A copy that is made a little later, or at once for whoever waits."""
+    """A copy that is made a little later, or at once for a thread that waits for it."""
 
     def __init__(self, copy: Callable[[], object]) -> None:
         super().__init__()

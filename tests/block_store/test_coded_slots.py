@@ -42,6 +42,12 @@ def keys_of(opened: Opened) -> Sequence[BlockKey]:
     return opened.store.keys(range(BLOCKS * LAYOUT.block_size))
 
 
+def leave_payloads(opened: Opened, keys: Sequence[BlockKey]) -> None:
+    """Have blocks read and not loaded: they lie coded in the warm memory, and no request holds them."""
+    with opened.store.reserve(keys) as reservation:
+        reservation.wait()
+
+
 def assert_equal(opened: Opened, want: Sequence[torch.Tensor], count: int = BLOCKS) -> None:
     for got, expected in zip(opened.pages(), want, strict=True):
         assert torch.equal(got[: 2 * count], expected[: 2 * count])
@@ -203,8 +209,7 @@ def test_payloads_stay_for_the_next_request_when_a_reservation_is_released(
 ) -> None:
     opened = Opened(path)
     keys = keys_of(opened)
-    with opened.store.reserve(keys) as reservation:
-        reservation.wait()
+    leave_payloads(opened, keys)
     assert opened.num_held() == 0
     first, second = opened.store.reserve(keys), opened.store.reserve(keys)
     assert first.num_ready == BLOCKS and first.origin is Origin.WARM
@@ -226,8 +231,7 @@ def test_payloads_stay_for_the_next_request_when_a_reservation_is_released(
 def test_a_pin_of_a_payload_outlives_its_decoding(path: Path, want: list[torch.Tensor]) -> None:
     opened = Opened(path)
     keys = keys_of(opened)
-    with opened.store.reserve(keys) as reservation:
-        reservation.wait()
+    leave_payloads(opened, keys)
     assert opened.store.pin(keys, ttl_s=1000.0) == BLOCKS
     assert opened.load(keys) == BLOCKS
     others = opened.store.keys([9, *range(60 * LAYOUT.block_size)])
@@ -333,8 +337,7 @@ def test_a_payload_is_pinned_and_unpinned_while_it_is_held(
 ) -> None:
     opened = Opened(path)
     keys = keys_of(opened)
-    with opened.store.reserve(keys) as reservation:
-        reservation.wait()
+    leave_payloads(opened, keys)
     with opened.store._changed:
         opened.memory.set_pinned(keys, before)
     with opened.store.reserve(keys), opened.store._changed:
@@ -347,8 +350,7 @@ def test_a_payload_is_pinned_and_unpinned_while_it_is_held(
 def test_a_key_that_comes_twice_holds_a_payload_once(path: Path, want: list[torch.Tensor]) -> None:
     opened = Opened(path)
     keys = keys_of(opened)
-    with opened.store.reserve(keys) as reservation:
-        reservation.wait()
+    leave_payloads(opened, keys)
     with opened.store._changed:
         first, second, third = opened.memory.hold([keys[0], keys[1], keys[0]])
         assert first is not None and second is not None and third is None
@@ -360,8 +362,7 @@ def test_a_key_that_comes_twice_holds_a_payload_once(path: Path, want: list[torc
 def test_a_chain_goes_from_its_end(path: Path, want: list[torch.Tensor]) -> None:
     opened = Opened(path, warm_blocks=24)
     keys = keys_of(opened)
-    with opened.store.reserve(keys[:6]) as reservation:
-        reservation.wait()
+    leave_payloads(opened, keys[:6])
     with opened.store._changed:
         taken = opened.memory.take(opened.memory.index.slots.free_count + 3)
         assert [opened.memory.index.get(key) is not None for key in keys[:6]] == [True] * 3 + [False] * 3

@@ -52,9 +52,9 @@ class WarmMemory:
     that a load of more blocks than there is room for never waits for another one's. threads: encode. read_threads: read
     and decode; the same ones without reader processes. num_readers: how many of these there are. coded: what lies in
     slots that hold a payload, which a GPU is to decode. Such a slot has one holder and is in no index then, because
-    decoding overwrites it; without a holder it is cached as other blocks are. arriving: when a GPU has
-    written decoded blocks into their slots, also where they are in no index any more. decoding: the engine's memory
-    whose GPU decodes; None where the CPU does.
+    decoding overwrites it; without a holder it is cached as other blocks are. arriving: when a GPU has written decoded
+    blocks into their slots, also of those that are in no index any more. decoding: the engine's memory whose GPU
+    decodes; None where the CPU does.
     """
 
     def __init__(

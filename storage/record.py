@@ -58,6 +58,7 @@ __all__ = [
     "parse_record",
     "read_header",
     "record_bytes_of",
+    "record_room",
     "verify_checksum",
 ]
 
@@ -94,19 +95,21 @@ def encode_record(
     layout: BlockLayout,
     codec: Codec | None = None,
     cost_s: float = 0.0,
+    memory: Bytes | None = None,
 ) -> EncodedRecord:
     """Return the record of a block. Thread-safe; the heavy parts release the GIL.
 
     block: layout.block_bytes bytes; of each run only the first info.num_tokens tokens are read.
     codec: the dtype's default where None; a block that it shrinks by less than 5 %, or cannot hold, is stored raw.
+    memory: where to write the record, `record_room` bytes or more; None for new memory.
     Raises ShapeError if the block or the number of tokens does not fit the layout.
     """
     source = as_bytes(block)
     _check_shape(source, info, layout)
     raw_bytes = layout.token_bytes * info.num_tokens
     chosen = codec or default_codec(layout.dtype)
-    num_frames = max(_num_frames(codec, layout, info.num_tokens) for codec in (chosen, RAW))
-    buffer = np.empty(payload_offset_of(info.num_tokens, num_frames) + raw_bytes, dtype=np.uint8)
+    num_bytes = record_room(layout, chosen, info.num_tokens)
+    buffer = np.empty(num_bytes, dtype=np.uint8) if memory is None else memory[:num_bytes]
     frame_sizes = _encode_runs(source, layout, chosen, buffer, info.num_tokens)
     if frame_sizes is None or (chosen is not RAW and sum(frame_sizes) > (1 - MIN_SAVING) * raw_bytes):
         chosen = RAW
@@ -121,6 +124,12 @@ def encode_record(
         buffer=buffer,
         cost_s=cost_s,
     )
+
+
+def record_room(layout: BlockLayout, codec: Codec, num_tokens: int) -> int:
+    """Return how many bytes of memory `encode_record` needs for a record of so many tokens, stored raw or not."""
+    num_frames = max(_num_frames(each, layout, num_tokens) for each in (codec, RAW))
+    return payload_offset_of(num_tokens, num_frames) + layout.token_bytes * num_tokens
 
 
 def decode_record(
@@ -332,6 +341,9 @@ def _num_frames(codec: Codec, layout: BlockLayout, num_tokens: int) -> int:
 def _encode_runs(block: Bytes, layout: BlockLayout, codec: Codec, buffer: Bytes, num_tokens: int) -> list[int] | None:
     """Write the payload where it belongs in `buffer`; return the frame sizes, or None if the codec cannot hold it."""
     end = payload_offset_of(num_tokens, _num_frames(codec, layout, num_tokens))
+    if codec is RAW and num_tokens == layout.block_size:  # the payload is the block: one copy, not one for each run
+        np.copyto(buffer[end : end + block.size], block)
+        return [run.token_bytes * num_tokens for run in layout.runs]
     frame_sizes: list[int] = []
     for run, values in iter_runs(block, layout.runs, num_tokens):
         sizes = codec.encode_run(values, run, buffer[end : end + values.size])

@@ -30,7 +30,7 @@ ROOMS = {
     "storage": "errors values background",
     "metrics": "errors",
     "remote_tiers": "errors values background storage",
-    "readers": "errors values storage",
+    "readers": "errors values background storage",
     "kernels": "errors storage",
     "movers": "errors values background storage kernels",
     "daemon": "errors values index policies background storage metrics remote_tiers readers",

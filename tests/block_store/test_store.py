@@ -23,8 +23,9 @@ from tierkv import (
     ShapeError,
     Tier,
 )
-from tierkv.block_store import loading, saving
+from tierkv.block_store import loading
 from tierkv.block_store.load_or_compute import Origin
+from tierkv.readers import record_encoder
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
 
@@ -157,13 +158,13 @@ def test_beside_an_engine_one_thread_encodes_and_all_of_them_when_it_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_awaited: bool
 ) -> None:
     names: set[str] = set()
-    encode = saving.encode_record
+    encode = record_encoder.encode_record
 
     def noted(*args: object, **kwargs: object) -> object:
         names.add(threading.current_thread().name)
         return encode(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(saving, "encode_record", noted)
+    monkeypatch.setattr(record_encoder, "encode_record", noted)
     with BlockStore(config_of(tmp_path), namespace=NAMESPACE) as store:
         store._tiers._saver._is_awaited = is_awaited
         save(store, store.keys(TOKENS)[:16])

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tierkv.background.work_queue import Priority, WriteBehind
+from tierkv.background.work_queue import WriteBehind
 from tierkv.block_store.keys import BlockKey
 from tierkv.block_store.placement import Placement
 from tierkv.block_store.stored_blocks import StoredBlocks, info_of
@@ -14,10 +14,10 @@ from tierkv.block_store.transfers import Save
 from tierkv.block_store.warm_memory import WarmMemory
 from tierkv.errors import ConfigError, ShapeError, StoreError
 from tierkv.movers.ready import Ready
+from tierkv.readers.record_encoder import RecordEncoder
 from tierkv.storage.codec import Bytes
 from tierkv.storage.codecs import Codec
 from tierkv.storage.outcomes import PutOutcome
-from tierkv.storage.record import EncodedRecord, encode_record
 from tierkv.values.block import BlockHash, Tier
 from tierkv.values.locks import OwnedCondition
 from tierkv.values.stats import StatsRecorder
@@ -84,10 +84,10 @@ class BlockSaver:
         self._cold = None if stored.cold is None or stored.cold.read_only else stored.cold
         self._remote = stored.remote
         self._root = root
-        self._codec = codec
         self._stats = stats
         self._changed = changed
         self._is_awaited = False
+        self._encoder = RecordEncoder(memory.layout, codec, readers=memory.readers, threads=memory.threads)
         self._queue: WriteBehind[_Job] = WriteBehind(self._write, capacity=_QUEUE_JOBS, batch_size=1)
 
     def save(self, keys: Sequence[BlockKey], sources: Placement, start: int) -> Save:
@@ -132,6 +132,7 @@ class BlockSaver:
                 self._stats.skip_reasons["stalled"] += len(job.keys)
         if left:
             _log.warning("%d blocks were not written before the block store was closed", sum(len(j.keys) for j in left))
+        self._encoder.close()
         return not self._queue.is_running
 
     def _missing(self, wanted: Sequence[BlockKey]) -> list[int]:
@@ -194,11 +195,7 @@ class BlockSaver:
             outcomes: Sequence[PutOutcome] = [PutOutcome.IO_ERROR] * len(job.keys)
             try:
                 job.copied.synchronize()
-                records = self._encode_all(list(zip(job.keys, job.slots, strict=True)))
-                if self._remote:
-                    for record in records:
-                        self._remote.write(record)
-                outcomes = self._cold.put(records) if self._cold else []
+                outcomes = self._put(job)
             except (StoreError, RuntimeError) as exc:
                 _log.warning("%d blocks were not written to the disk: %s", len(job.keys), exc)
             finally:
@@ -224,13 +221,13 @@ class BlockSaver:
         with self._changed:
             self._stats.skip_reasons[reason] += count
 
-    def _encode_all(self, pairs: Sequence[tuple[BlockKey, int]]) -> list[EncodedRecord]:
-        """Encode blocks: one after another beside a running engine, whose own Python code more threads would delay."""
-        if self._is_awaited:
-            return self._memory.threads.map(Priority.DEMOTION, self._encode, pairs)
-        return [self._encode(pair) for pair in pairs]
-
-    def _encode(self, pair: tuple[BlockKey, int]) -> EncodedRecord:
-        key, slot = pair
-        memory = self._memory
-        return encode_record(info_of(key, self._root), memory.slots[slot], layout=memory.layout, codec=self._codec)
+    def _put(self, job: _Job) -> Sequence[PutOutcome]:
+        """Encode blocks and write them to the disk, and have remote tiers get them."""
+        slots = self._memory.slots
+        blocks = [(info_of(key, self._root), slots[slot]) for key, slot in zip(job.keys, job.slots, strict=True)]
+        is_kept = self._remote is not None
+        with self._encoder.encoding(blocks, is_awaited=self._is_awaited, is_kept=is_kept) as records:
+            if self._remote:
+                for record in records:
+                    self._remote.write(record)
+            return self._cold.put(records) if self._cold else []

@@ -9,18 +9,29 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 import numpy as np
 
 from tierkv.errors import StoreError
 from tierkv.readers.choice import SMALLEST_RECORD_BYTES
-from tierkv.readers.messages import MAX_MESSAGE_BYTES, BlockRequest, ReadAnswer, ReadRequest
+from tierkv.readers.messages import (
+    MAX_MESSAGE_BYTES,
+    BlockRequest,
+    EncodeAnswer,
+    EncodeRequest,
+    ReadAnswer,
+    ReadRequest,
+)
 from tierkv.readers.reader import Reader, ReaderFailedError
+from tierkv.storage.codec import Bytes
+from tierkv.storage.codecs import Codec
 from tierkv.storage.cold import ColdStore
+from tierkv.storage.record import BlockInfo, EncodedRecord, record_room
 from tierkv.storage.record_decoders import RecordToDecode
 from tierkv.storage.record_source import FileRecord
 from tierkv.storage.warm import Slab, WarmPool
@@ -35,22 +46,26 @@ _CLOSE_S = 5.0
 _POLL_S = 0.1
 _log = logging.getLogger(__name__)
 
+_Answer = TypeVar("_Answer", ReadAnswer, EncodeAnswer)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReaderStats:
-    """processes: started and not ended. ready: those of them that read, or can. blocks: decoded by them so far.
+    """processes: started and not ended. ready: those of them that work, or can. blocks: decoded by them so far.
 
-    failed: processes that ended, or were killed because they did not answer, before the pool was closed.
+    encoded: blocks that they encoded. failed: processes that ended, or were killed because they did not answer, before
+    the pool was closed.
     """
 
     processes: int
     ready: int
     blocks: int
+    encoded: int
     failed: int
 
 
 class ReaderPool:
-    """Starts `num_processes` processes, and hands records to those that are free. Thread-safe.
+    """Starts `num_processes` processes, and hands records and blocks to those that are free. Thread-safe.
 
     memory_fd: of the shared memory (a memfd), which lies at `address` in this process; duplicated. A place for a block
     elsewhere is not the pool's. num_in_process: how many threads of this process may decode at once.
@@ -82,9 +97,10 @@ class ReaderPool:
         self._starting: set[Reader] = set()
         self._thread: threading.Thread | None = None
         self._is_closed = False
-        self._num_requests = self._num_blocks = self._num_failed = 0
+        self._num_requests = self._num_blocks = self._num_encoded = self._num_failed = 0
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ReadAnswer)
+        self._encode_decoder = msgspec.msgpack.Decoder(EncodeAnswer)
         self._known_layout: tuple[BlockLayout, bytes] | None = None
 
     @classmethod
@@ -121,6 +137,7 @@ class ReaderPool:
                 processes=len(self._idle) + len(self._busy) + len(self._starting),
                 ready=len(self._idle) + len(self._busy),
                 blocks=self._num_blocks,
+                encoded=self._num_encoded,
                 failed=self._num_failed,
             )
 
@@ -139,23 +156,68 @@ class ReaderPool:
         outcomes: list[bool | OSError | None] = [None] * len(wanted)
         places = [self._place_of(each, layout) for each in wanted]
         handed = {at: place for at, place in enumerate(places) if place is not None}
-        reader = self._take() if handed else None
-        if reader is None:
-            return outcomes
-        try:
-            found = self._ask(
+        with self._a_process(is_wanted=bool(handed)) as reader:
+            if reader is None:
+                return outcomes
+            found = self._ask_to_read(
                 reader, [(wanted[at], place) for at, place in handed.items()], layout=layout, lossy_codec=lossy_codec
             )
-        except ReaderFailedError as exc:
-            self._drop(reader, str(exc))
-            return outcomes
-        except BaseException:  # an interrupt: the process may still write
-            self._drop(reader, "a request was interrupted")
-            raise
-        self._put_back(reader, num_blocks=sum(each is True for each in found))
-        for at, outcome in zip(handed, found, strict=True):
-            outcomes[at] = outcome
+            for at, outcome in zip(handed, found, strict=True):
+                outcomes[at] = outcome
+            with self._changed:
+                self._num_blocks += sum(each is True for each in found)
         return outcomes
+
+    def encode(
+        self,
+        info: BlockInfo,
+        block: Bytes,
+        *,
+        layout: BlockLayout,
+        codec: Codec,
+        take_memory: Callable[[int], Slab | None],
+    ) -> EncodedRecord | None:
+        """Have a free process encode a block of the shared memory.
+
+        Left to the caller, with None, where no process is free or one fails, and for a block that is small or lies
+        elsewhere. take_memory: called once there is a process; returns memory of so many bytes for the record, if any.
+        No process writes into it any more when this returns or raises.
+        """
+        place = self._place_in_memory(block, layout)
+        raw_bytes = layout.token_bytes * info.num_tokens
+        found: EncodedRecord | None = None
+        with self._a_process(is_wanted=place is not None and raw_bytes >= SMALLEST_RECORD_BYTES) as reader:
+            room = record_room(layout, codec, info.num_tokens)
+            memory = take_memory(room) if reader else None
+            if reader is None or memory is None or memory.fd is None:
+                return None
+            assert place is not None
+            request = EncodeRequest(
+                number=self._next_number(),
+                layout=self._json_of(layout),
+                codec=codec.name,
+                place=place,
+                room=room,
+                namespace=info.namespace,
+                block_hash=info.block_hash,
+                parent=info.parent,
+                content_digest=info.content_digest,
+                token_bytes=info.token_bytes,
+            )
+            answer = self._ask(reader, request, memory.fd, self._encode_decoder)
+            if answer is not None and answer.stored_bytes > room:
+                raise ReaderFailedError("its record is longer than the memory for it")
+            if answer is not None and answer.codec:
+                found = EncodedRecord(
+                    info=info,
+                    codec=answer.codec,
+                    raw_bytes=raw_bytes,
+                    stored_bytes=answer.stored_bytes,
+                    buffer=memory.bytes[:room],
+                )
+                with self._changed:
+                    self._num_encoded += 1
+        return found
 
     def wait_until_ready(self, has_ended: Callable[[], bool]) -> None:
         """Wait until every process that is being started is ready or has failed, or `has_ended` returns True."""
@@ -209,7 +271,7 @@ class ReaderPool:
             except ReaderFailedError as exc:
                 self._drop(reader, str(exc))
             else:
-                self._put_back(reader, num_blocks=0)
+                self._put_back(reader)
 
     def _start_one(self) -> Reader | None:
         """Start a process; None once the pool is closed."""
@@ -235,9 +297,8 @@ class ReaderPool:
             self._busy.add(reader)
             return reader
 
-    def _put_back(self, reader: Reader, *, num_blocks: int) -> None:
+    def _put_back(self, reader: Reader) -> None:
         with self._changed:
-            self._num_blocks += num_blocks
             if not self._is_closed:
                 self._forget(reader)
                 self._idle.append(reader)
@@ -263,7 +324,45 @@ class ReaderPool:
         self._busy.discard(reader)
         self._starting.discard(reader)
 
+    @contextlib.contextmanager
+    def _a_process(self, *, is_wanted: bool) -> Iterator[Reader | None]:
+        """A free process, None if there is none; its failure in the body ends the process, and the body."""
+        reader = self._take() if is_wanted else None
+        try:
+            yield reader
+        except ReaderFailedError as exc:
+            assert reader is not None
+            self._drop(reader, str(exc))
+        except BaseException:  # an interrupt: the process may still write
+            if reader is not None:
+                self._drop(reader, "a request was interrupted")
+            raise
+        else:
+            if reader is not None:
+                self._put_back(reader)
+
+    def _next_number(self) -> int:
+        with self._changed:
+            self._num_requests += 1
+            return self._num_requests
+
     def _ask(
+        self, reader: Reader, request: ReadRequest | EncodeRequest, fd: int, decoder: msgspec.msgpack.Decoder[_Answer]
+    ) -> _Answer | None:
+        """Send a request with a descriptor and return the answer; None if it is too long. Raises ReaderFailedError."""
+        message = self._encoder.encode(request)
+        if len(message) > MAX_MESSAGE_BYTES:
+            return None
+        received = reader.ask(message, fd, timeout_s=self._answer_s)
+        try:
+            answer = decoder.decode(received)
+        except msgspec.MsgspecError as exc:
+            raise ReaderFailedError(f"its answer is not one: {exc}") from exc
+        if answer.number != request.number:
+            raise ReaderFailedError("its answer is that of another request")
+        return answer
+
+    def _ask_to_read(
         self,
         reader: Reader,
         wanted: Sequence[tuple[RecordToDecode, int]],
@@ -272,9 +371,6 @@ class ReaderPool:
         lossy_codec: str,
     ) -> list[bool | OSError | None]:
         """Hand records, each with its place, to a process and wait for what came of them. Raises ReaderFailedError."""
-        with self._changed:
-            self._num_requests += 1
-            number = self._num_requests
         blocks: list[BlockRequest] = []
         data_fd = -1
         for each, place in wanted:
@@ -292,16 +388,12 @@ class ReaderPool:
                     token_bytes=info.token_bytes,
                 )
             )
-        request = ReadRequest(number, wanted[0][0].expected.namespace, self._json_of(layout), lossy_codec, blocks)
-        message = self._encoder.encode(request)
-        if len(message) > MAX_MESSAGE_BYTES:
+        namespace = wanted[0][0].expected.namespace
+        request = ReadRequest(self._next_number(), namespace, self._json_of(layout), lossy_codec, blocks)
+        answer = self._ask(reader, request, data_fd, self._decoder)
+        if answer is None:
             return [None] * len(wanted)
-        received = reader.ask(message, data_fd, timeout_s=self._answer_s)
-        try:
-            answer = self._decoder.decode(received)
-        except msgspec.MsgspecError as exc:
-            raise ReaderFailedError(f"its answer is not one: {exc}") from exc
-        if answer.number != number or len(answer.outcomes) != len(wanted):
+        if len(answer.outcomes) != len(wanted):
             raise ReaderFailedError("its answer is that of another request")
         return [OSError(each.errno, each.text) if each.errno else each.is_right for each in answer.outcomes]
 
@@ -317,9 +409,13 @@ class ReaderPool:
         is_coded = SMALLEST_RECORD_BYTES <= record.size < layout.block_bytes
         if not is_coded or wanted.expected.num_tokens != layout.block_size:
             return None
-        place = int(out.ctypes.data) - self._address
+        return self._place_in_memory(out, layout)
+
+    def _place_in_memory(self, block: Bytes, layout: BlockLayout) -> int | None:
+        """Return the byte of the shared memory where a block begins; None for one that lies elsewhere."""
+        place = int(block.ctypes.data) - self._address
         is_inside = place >= 0 and place + layout.block_bytes <= self._memory_bytes
-        is_whole = out.nbytes == layout.block_bytes and out.flags.c_contiguous
+        is_whole = block.nbytes == layout.block_bytes and block.flags.c_contiguous
         return place if is_inside and is_whole else None
 
     def _json_of(self, layout: BlockLayout) -> bytes:

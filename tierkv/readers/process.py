@@ -1,7 +1,7 @@
 """A reader process: `python -m tierkv.readers.process SOCKET MEMORY MEMORY_BYTES PARENT`.
 
-SOCKET and MEMORY are descriptors, PARENT is the number of a process. It reads and decodes what its parent asks for, and
-ends with the socket or with the parent.
+SOCKET and MEMORY are descriptors, PARENT is the number of a process. It reads and decodes, or encodes, what its parent
+asks for, and ends with the socket or with the parent.
 """
 
 from __future__ import annotations
@@ -18,16 +18,20 @@ import sys
 import msgspec
 import numpy as np
 
-from tierkv.errors import CorruptBlockError, FormatVersionError
+from tierkv.errors import CorruptBlockError, FormatVersionError, TierKVError
 from tierkv.readers.messages import (
     MAX_MESSAGE_BYTES,
     READY,
     BlockOutcome,
     BlockRequest,
+    EncodeAnswer,
+    EncodeRequest,
     ReadAnswer,
     ReadRequest,
 )
-from tierkv.storage.record import BlockInfo, decode_record
+from tierkv.storage.codec import Bytes
+from tierkv.storage.codecs import codec_by_name
+from tierkv.storage.record import BlockInfo, decode_record, encode_record
 from tierkv.storage.record_source import FileRecord, ThreadMemory
 from tierkv.values.layout import BlockLayout
 
@@ -39,7 +43,7 @@ _MOST_MAPPED_BYTES = 8 << 30  # of shared memory with pages in this process: pag
 class Places:
     """The shared memory with the places of blocks.
 
-    The map is made anew once much has been written through it. A process keeps an entry of 8 bytes for each page of
+    The map is made anew once much has been used through it. A process keeps an entry of 8 bytes for each page of
     4 KiB that it has touched: for many processes and a large warm tier that would be GiB of page tables.
     """
 
@@ -49,15 +53,14 @@ class Places:
         self._map = self._map_all()
         self._touched_bytes = 0
 
-    def decode(self, record: FileRecord, at: int, expected: BlockInfo, layout: BlockLayout, lossy_codec: str) -> bool:
-        """Decode a record into the place at byte `at`. Return whether it is the expected block. Raises as that does."""
+    def view(self, at: int, num_bytes: int) -> Bytes:
+        """Return the place at byte `at`; used until the next one is asked for."""
         if self._touched_bytes > _MOST_MAPPED_BYTES < self._num_bytes:
             with contextlib.suppress(BufferError):  # a view is still alive: that part ends with the view
                 self._map.close()
             self._map, self._touched_bytes = self._map_all(), 0
-        self._touched_bytes += layout.block_bytes
-        out = np.frombuffer(self._map, dtype=np.uint8, count=layout.block_bytes, offset=at)
-        return decode_record(record, out, expected=expected, layout=layout, lossy_codec=lossy_codec) is None
+        self._touched_bytes += num_bytes
+        return np.frombuffer(self._map, dtype=np.uint8, count=num_bytes, offset=at)
 
     def _map_all(self) -> mmap.mmap:
         return mmap.mmap(self._fd, self._num_bytes)
@@ -72,12 +75,34 @@ class _Reader:
         self._layout_json = b""
         self._layout: BlockLayout | None = None
 
-    def answer(self, request: ReadRequest, data_fd: int) -> ReadAnswer:
-        """Decode the records of a request."""
-        if self._layout is None or request.layout != self._layout_json:
-            self._layout, self._layout_json = BlockLayout.from_dict(json.loads(request.layout)), request.layout
-        outcomes = [self._decode(request, each, data_fd, self._layout) for each in request.blocks]
-        return ReadAnswer(request.number, outcomes)
+    def answer(self, request: ReadRequest | EncodeRequest, fd: int) -> ReadAnswer | EncodeAnswer:
+        """Do what a request asks for. fd: the descriptor that came with it."""
+        layout = self._layout_of(request.layout)
+        if isinstance(request, EncodeRequest):
+            return self._encode(request, fd, layout)
+        return ReadAnswer(request.number, [self._decode(request, each, fd, layout) for each in request.blocks])
+
+    def _layout_of(self, text: bytes) -> BlockLayout:
+        if self._layout is None or text != self._layout_json:
+            self._layout, self._layout_json = BlockLayout.from_dict(json.loads(text)), text
+        return self._layout
+
+    def _encode(self, request: EncodeRequest, memory_fd: int, layout: BlockLayout) -> EncodeAnswer:
+        """Write the record of a block into the memory that came with the request."""
+        info = BlockInfo(
+            block_hash=request.block_hash,
+            parent=request.parent,
+            namespace=request.namespace,
+            content_digest=request.content_digest,
+            token_bytes=request.token_bytes,
+        )
+        memory = np.frombuffer(mmap.mmap(memory_fd, request.room), dtype=np.uint8)  # unmapped with its last view
+        try:
+            block, codec = self._places.view(request.place, layout.block_bytes), codec_by_name(request.codec)
+            record = encode_record(info, block, layout=layout, codec=codec, memory=memory)
+        except TierKVError:
+            return EncodeAnswer(request.number)
+        return EncodeAnswer(request.number, record.codec, record.stored_bytes)
 
     def _decode(self, request: ReadRequest, block: BlockRequest, data_fd: int, layout: BlockLayout) -> BlockOutcome:
         expected = BlockInfo(
@@ -89,7 +114,9 @@ class _Reader:
         )
         record = FileRecord(data_fd, offset=block.offset, size=block.size, memory=self._memory)
         try:
-            return BlockOutcome(self._places.decode(record, block.place, expected, layout, request.lossy_codec))
+            out = self._places.view(block.place, layout.block_bytes)
+            reason = decode_record(record, out, expected=expected, layout=layout, lossy_codec=request.lossy_codec)
+            return BlockOutcome(reason is None)
         except (CorruptBlockError, FormatVersionError):
             return BlockOutcome(False)
         except OSError as exc:
@@ -99,7 +126,7 @@ class _Reader:
 def serve(connection: socket.socket, places: Places, parent: int | None) -> None:
     """Answer requests until the socket ends or the parent has ended. parent: descriptor of that process, or None."""
     reader = _Reader(places)
-    decoder, encoder = msgspec.msgpack.Decoder(ReadRequest), msgspec.msgpack.Encoder()
+    decoder, encoder = msgspec.msgpack.Decoder(ReadRequest | EncodeRequest), msgspec.msgpack.Encoder()
     waiting = select.poll()
     for each in (connection.fileno(), parent):
         if each is not None:

@@ -27,8 +27,8 @@ class BlockStoreConfig:
     codec: how blocks are coded on disk; "auto" is the best lossless codec for the dtype.
     read_only: only read the store. New blocks stay in memory.
     num_io_threads: threads that read, decode and encode. None takes one for each core, at most 8.
-    num_reader_processes: processes that decode in place of these threads, see `CacheConfig`; a quarter of them encode what
-        is saved.
+    num_reader_processes: processes that decode in place of these threads, see `CacheConfig`; a quarter of them encode
+        what is saved.
     write_wait_s: how long the write thread waits for the store's write lock, and a load for room in the warm memory.
     socket: of the daemon, whose warm and cold tiers are used then. This process has none: it uses neither cold_path,
         cold_bytes, min_free_bytes, codec nor remote, and of warm_bytes only whether it is 0: then it maps no memory and

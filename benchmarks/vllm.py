@@ -44,6 +44,7 @@ _DECODES = ("none", "tierkv", "tierkv-raw", "tierkv-socket")
 _VOCABULARY = 32000
 _BLOCK_TOKENS = 256  # the connector's default
 _TAIL = 33  # tokens behind the prefix
+_STORING_S = 4  # what is stored behind earlier requests
 _NUM_DECODING = 32
 _DECODE_ROUNDS = 5
 _CPU_SETTINGS = {
@@ -185,7 +186,8 @@ def _run_life(arguments: argparse.Namespace) -> None:
             report(f"expected {when}, {what}", value)
 
     report_costs("at start")
-    ask([_tokens(90 + number, arguments.prefix + 32)], 1)  # what is compiled at its first use
+    for tail in (_TAIL, _TAIL + 1):  # what is compiled at its first use; the second is the engine's own hit
+        ask([_tokens(90 + number, arguments.prefix) + _tokens(80, tail)], 1)
     ask([_tokens(95, 40)], 8)
     if arguments.decode:
         for at in range(_DECODE_ROUNDS + 1):
@@ -198,11 +200,12 @@ def _run_life(arguments: argparse.Namespace) -> None:
         for seed in (1, 2, 3):
             first_token("engine's own hit", seed)
         if mode != "none":
-            time.sleep(4)  # what is stored behind the requests
+            time.sleep(_STORING_S)
             for seed in (1, 2, 3):
                 assert llm.reset_prefix_cache()
                 first_token("cache emptied", seed)
     else:
+        time.sleep(_STORING_S)
         first_token("restarted, page cache", 1)
         first_token("restarted, page cache", 2)
         _forget_pages(arguments.folder)

@@ -213,6 +213,48 @@ def test_a_page_mover_waits_for_what_it_had_queued(cuda: FakeCuda, monkeypatch: 
         assert not each._lock.locked(), "the turn was not given up"
 
 
+@pytest.mark.parametrize("pages_per_block", [1, 16])
+def test_the_first_request_compiles_no_kernel(cuda: FakeCuda, pages_per_block: int) -> None:
+    """Triton compiles a kernel anew for addresses that are no multiples of 16, and for other numbers of blocks."""
+    kinds: set[tuple[str, int, bool]] = set()
+
+    def noted(name: str) -> Callable[[object, torch.Tensor, torch.Tensor], None]:
+        def launch(_: object, page_ids: torch.Tensor, rows: torch.Tensor) -> None:
+            kinds.add((name, len(rows), page_ids.data_ptr() % 16 == 0))
+            reads = name == "gather" and set(page_ids.flatten().tolist()) == {0}
+            assert reads or (name == "scatter" and set(page_ids.flatten().tolist()) == {-1}) or not is_warming
+
+        return launch
+
+    mover = object.__new__(pages.PageMover)
+    mover._kernels = SimpleNamespace(scatter_blocks=noted("scatter"), gather_blocks=noted("gather"))  # type: ignore[assignment]
+    mover.pages = SimpleNamespace(device=torch.device("cpu"))  # type: ignore[assignment]
+    mover._up, mover._down = (pages._Direction(64, 2, torch.device("cpu")) for _ in range(2))
+    mover._pages_per_block, is_warming = pages_per_block, True
+    mover.warm_up()
+    compiled, is_warming = set(kinds), False
+    blocks, ids = (
+        [torch.zeros(64, dtype=torch.uint8) for _ in range(4)],
+        torch.zeros((4, pages_per_block), dtype=torch.int64),
+    )
+    mover.load(blocks, ids, after=Done())
+    mover.store(ids, blocks, after=Done())
+    assert kinds == compiled and len(kinds) >= 2
+
+
+def test_pages_are_copied_one_by_one_where_no_kernel_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mover:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def warm_up(self) -> None:
+            raise OSError("no C compiler")
+
+    pytest.importorskip("triton")
+    monkeypatch.setattr(pages, "PageMover", Mover)
+    assert pages.page_mover([torch.zeros((2, 64), dtype=torch.uint8)], 64) is None
+
+
 def test_a_stream_that_has_failed_is_not_waited_for_in_vain() -> None:
     class Broken(FakeStream):
         def synchronize(self) -> None:

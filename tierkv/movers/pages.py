@@ -8,6 +8,7 @@ reads page-locked memory itself reaches 0.91 of the bus and occupies its multipr
 from __future__ import annotations
 
 import importlib.util
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PageMover", "page_mover"]
 
+_log = logging.getLogger(__name__)
+
 
 class PageMover:
     """Loads and stores whole blocks of one engine's pages. Needs a GPU and triton.
@@ -39,6 +42,19 @@ class PageMover:
         self.pages: LayerPages = pages
         self._up = _Direction(block_bytes, num_staging, pages.device)
         self._down = _Direction(block_bytes, num_staging, pages.device)
+        self._pages_per_block = block_bytes // pages.bytes_per_page
+
+    def warm_up(self) -> None:
+        """Compile what the first request would have to wait for. Reads page 0 and writes no page.
+
+        A second row of numbers may lie otherwise than the first in the words that the GPU reads: a kernel of its own.
+        """
+        page_0 = torch.zeros((2, self._pages_per_block), dtype=torch.int64, device=self.pages.device)
+        nowhere = page_0 - 1
+        for row in (slice(0, 1), slice(1, 2)):
+            self._kernels.gather_blocks(self.pages, page_0[row], self._down.first_row)
+            self._kernels.scatter_blocks(self.pages, nowhere[row], self._up.first_row)
+        torch.cuda.current_stream(self.pages.device).synchronize()
 
     def load(self, blocks: Sequence[Tensor], page_ids: Tensor, *, after: Ready) -> Ready:
         """Copy blocks into pages. Pages may be read after `wait`, blocks reused after `is_done`.
@@ -86,7 +102,9 @@ class PageMover:
 
 
 def page_mover(rows: Sequence[Tensor], block_bytes: int) -> PageMover | None:
-    """Return a mover of an engine's pages, or None where there is no triton, or the pages are nothing for the kernels.
+    """Return a mover of an engine's pages, ready for its first request.
+
+    None where there is no triton, or none that compiles, or the pages are nothing for the kernels.
 
     rows: [pages, page bytes] uint8 of each tensor, in the order in which they lie in a block.
     """
@@ -95,9 +113,15 @@ def page_mover(rows: Sequence[Tensor], block_bytes: int) -> PageMover | None:
     from tierkv.kernels import pages as kernels
 
     try:
-        return PageMover(kernels.LayerPages(rows), block_bytes)
+        mover = PageMover(kernels.LayerPages(rows), block_bytes)
     except (ShapeError, RuntimeError):  # RuntimeError: an engine that left no memory for the staging blocks
         return None
+    try:
+        mover.warm_up()
+    except Exception as exc:  # noqa: BLE001 - triton raises various errors without a compiler
+        _log.warning("small pages are copied one by one, kernels cannot move them: %s", exc)
+        return None
+    return mover
 
 
 def _keep_for(tensor: Tensor, stream: torch.cuda.Stream) -> None:
@@ -126,6 +150,11 @@ class _Direction:
             except RuntimeError as exc:
                 synchronize_streams(self.copy_stream, self.kernel_stream)
                 raise StoreError(f"{doing} pages failed: {exc}") from exc
+
+    @property
+    def first_row(self) -> Tensor:
+        """The first staging block, [1, block_bytes]."""
+        return self._rows[:1]
 
     def next(self) -> tuple[Tensor, torch.cuda.Event]:
         """Return the next block, [1, block_bytes], and its event."""

@@ -68,7 +68,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("/dev/shm/tierkv-llama"))
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--decode", action="store_true", help="decode beside saves; nothing else")
+    parser.add_argument(
+        "--decode", action="store_true", help="also decode beside saves, at the end of a mode's last life"
+    )
     parser.add_argument("--cpu", action="store_true", help="two narrow layers on a CPU: shows that it works, no speeds")
     parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     parser.add_argument("--life", choices=list(_LIVES))
@@ -83,11 +85,11 @@ def main() -> None:
     _make_model(arguments.model, arguments.layers, is_narrow=arguments.cpu)
     arguments.weights = weights_digest(arguments.model)
     rows: list[dict[str, Any]] = []
-    for mode in [mode for mode in arguments.modes if not arguments.decode or mode in _DECODES]:
+    for mode in arguments.modes:
         with tempfile.TemporaryDirectory(prefix="tierkv-vllm-") as folder, ExitStack() as ending:
             if mode == "tierkv-socket":
                 ending.enter_context(_daemon(Path(folder)))
-            for number in range(1 if arguments.decode else _LIVES[mode]):
+            for number in range(_LIVES[mode]):
                 rows += _life(arguments, mode, number, Path(folder))
     _print(rows)
     if arguments.json:
@@ -187,14 +189,9 @@ def _run_life(arguments: argparse.Namespace) -> None:
 
     report_costs("at start")
     for tail in (_TAIL, _TAIL + 1):  # what is compiled at its first use; the second is the engine's own hit
-        ask([_tokens(90 + number, arguments.prefix) + _tokens(80, tail)], 1)
+        ask([_tokens(90 + number, arguments.prefix) + _tokens(80, tail)], 1, logprobs=2)
     ask([_tokens(95, 40)], 8)
-    if arguments.decode:
-        for at in range(_DECODE_ROUNDS + 1):
-            seconds, _ = ask([_tokens(300 + 100 * at + row, 512) for row in range(_NUM_DECODING)], 256)
-            if at:
-                report(f"decoding {_NUM_DECODING} sequences, tokens a second", _NUM_DECODING * 256 / seconds)
-    elif number == 0:
+    if number == 0:
         for seed in (1, 2, 3):
             first_token("computed", seed, tail=_TAIL - 1)
         for seed in (1, 2, 3):
@@ -210,6 +207,11 @@ def _run_life(arguments: argparse.Namespace) -> None:
         first_token("restarted, page cache", 2)
         _forget_pages(arguments.folder)
         first_token("restarted, disk", 3)
+    if arguments.decode and mode in _DECODES and number == _LIVES[mode] - 1:
+        for at in range(_DECODE_ROUNDS + 1):
+            seconds, _ = ask([_tokens(300 + 100 * at + row, 512) for row in range(_NUM_DECODING)], 256)
+            if at:
+                report(f"decoding {_NUM_DECODING} sequences, tokens a second", _NUM_DECODING * 256 / seconds)
     llm.llm_engine.engine_core.shutdown()
     report_costs("at the end")
 

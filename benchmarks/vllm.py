@@ -44,7 +44,7 @@ _DECODES = ("none", "tierkv", "tierkv-raw", "tierkv-socket")
 _VOCABULARY = 32000
 _BLOCK_TOKENS = 256  # the connector's default
 _TAIL = 33  # tokens behind the prefix
-_STORING_S = 4  # what is stored behind earlier requests
+_STORING_S = 4
 _NUM_DECODING = 32
 _DECODE_ROUNDS = 5
 _CPU_SETTINGS = {
@@ -191,18 +191,24 @@ def _run_life(arguments: argparse.Namespace) -> None:
     for tail in (_TAIL, _TAIL + 1):  # what is compiled at its first use; the second is the engine's own hit
         ask([_tokens(90 + number, arguments.prefix) + _tokens(80, tail)], 1, logprobs=2)
     ask([_tokens(95, 40)], 8)
+
+    def settle() -> None:
+        """Let the engine store what it stores behind requests, then wake it again."""
+        time.sleep(_STORING_S)
+        ask([_tokens(95, 40)], 8)
+
     if number == 0:
         for seed in (1, 2, 3):
             first_token("computed", seed, tail=_TAIL - 1)
         for seed in (1, 2, 3):
             first_token("engine's own hit", seed)
         if mode != "none":
-            time.sleep(_STORING_S)
+            settle()
             for seed in (1, 2, 3):
                 assert llm.reset_prefix_cache()
                 first_token("cache emptied", seed)
     else:
-        time.sleep(_STORING_S)
+        settle()
         first_token("restarted, page cache", 1)
         first_token("restarted, page cache", 2)
         _forget_pages(arguments.folder)

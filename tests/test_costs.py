@@ -67,3 +67,10 @@ def test_a_remote_tier_is_asked_until_loading_and_computing_are_measured_and_loa
     choice.load_costs[alone._replace(overlaps=True)].add(11, 2.0)
     assert not choice.is_worth_asking(11, 2)
     assert sum(not choice.is_worth_asking(10, 2) for _ in range(100)) < 10, "what is not tried is believed less"
+
+
+def test_of_two_works_the_one_that_compiled_a_kernel_does_not_count() -> None:
+    costs = CostBySize()
+    for seconds in (0.016, 1.7):
+        costs.add(512, seconds)
+    assert costs.estimate(512) == 0.016

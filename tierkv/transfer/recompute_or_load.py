@@ -108,7 +108,10 @@ class ColdPlan:
 
 
 class CostBySize:
-    """Medians of the last works of about each size (a power of two); in between, straight lines. Thread-safe."""
+    """Low medians of the last works of about each size (a power of two); in between, straight lines. Thread-safe.
+
+    Of two works the faster one counts: the first pass of its size may have compiled a kernel.
+    """
 
     def __init__(self) -> None:
         self._works: dict[int, deque[tuple[int, float]]] = {}
@@ -146,7 +149,7 @@ class CostBySize:
         """Return (size, seconds) of the median work of about each size."""
         works_by_size = [list(works) for works in list(self._works.values())]  # other threads may be adding
         return sorted(
-            (statistics.median_low([n for n, _ in works]), statistics.median(s for _, s in works))
+            (statistics.median_low([n for n, _ in works]), statistics.median_low([s for _, s in works]))
             for works in works_by_size
         )
 

@@ -101,6 +101,7 @@ def run(options: argparse.Namespace) -> None:
             drop_pages(options.folder / "store")
         found[life] = json.loads(start(options, "--life", life))
         print(f"{life}: {time.perf_counter() - started:.0f} s", flush=True)
+        print_table(options, {name: found[name] for name in ("plain", life) if name in found})
     print_table(options, found)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))

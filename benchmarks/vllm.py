@@ -218,6 +218,11 @@ def _run_life(arguments: argparse.Namespace) -> None:
             seconds, _ = ask([_tokens(300 + 100 * at + row, 512) for row in range(_NUM_DECODING)], 256)
             if at:
                 report(f"decoding {_NUM_DECODING} sequences, tokens a second", _NUM_DECODING * 256 / seconds)
+        if session:
+            begun = time.perf_counter()
+            session.store.flush()
+            report("seconds until all of it is stored", time.perf_counter() - begun)
+            report("blocks not saved", sum(session.store.stats().skip_reasons.values()))
     llm.llm_engine.engine_core.shutdown()
     report_costs("at the end")
 

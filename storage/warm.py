@@ -44,10 +44,15 @@ class Slab:
         self.size_bytes = size_bytes
         self.is_read_only: bool = False
         self.fd: int | None = _open_memory(size_bytes)
-        self._map = mmap.mmap(-1 if self.fd is None else self.fd, size_bytes)
-        _ask_for_huge_pages(self._map)
-        self.bytes: npt.NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
-        _touch(self.bytes, num_threads)
+        try:
+            self._map = mmap.mmap(-1 if self.fd is None else self.fd, size_bytes)
+            _ask_for_huge_pages(self._map)
+            self.bytes: npt.NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
+            _touch(self.bytes, num_threads)
+        except BaseException:
+            if self.fd is not None:
+                os.close(self.fd)
+            raise
 
     @classmethod
     def attach(cls, fd: int, size_bytes: int, *, read_only: bool = False) -> Slab:
@@ -144,8 +149,12 @@ def _open_memory(size_bytes: int) -> int | None:
     if not hasattr(os, "memfd_create"):
         return None
     fd = os.memfd_create("tierkv-warm", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, size_bytes)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    try:
+        os.ftruncate(fd, size_bytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 
@@ -156,10 +165,18 @@ def _ask_for_huge_pages(memory: mmap.mmap) -> None:
 
 
 def _touch(slab: npt.NDArray[np.uint8], num_threads: int) -> None:
-    """Write one byte of each page, several ranges at once; numpy releases the GIL while it does."""
+    """Write one byte of each page, several ranges at once; numpy releases the GIL while it does.
+
+    One thread is this one: an interpreter that ends starts no other.
+    """
 
     def touch(start: int) -> None:
         slab[start : start + _TOUCH_BYTES : _PAGE_BYTES] = 0
 
+    starts = range(0, len(slab), _TOUCH_BYTES)
+    if num_threads == 1:
+        for start in starts:
+            touch(start)
+        return
     with ThreadPoolExecutor(num_threads) as threads:
-        list(threads.map(touch, range(0, len(slab), _TOUCH_BYTES)))
+        list(threads.map(touch, starts))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +35,14 @@ from tierkv.storage.warm import Slab, WarmPool
 from tierkv.values.layout import BlockLayout
 
 FLOATS = BlockLayout.uniform(num_layers=2, block_size=256, kv_heads=8, head_dim=128, dtype="float32")
+
+
+def never() -> bool:
+    return False
+
+
+def always() -> bool:
+    return True
 
 
 def info_of(number: int, layout: BlockLayout = LAYOUT, num_tokens: int | None = None) -> BlockInfo:
@@ -74,7 +86,7 @@ def test_a_process_writes_the_record_that_a_thread_writes(codec: str, layout: Bl
     with open_pool(layout=layout) as (pool, warm), open_encoder(pool, chosen, layout) as encoder:
         blocks = fill(warm, layout)
         for _ in range(2):  # in new memory, and in memory that was used
-            with encoder.encoding(blocks, is_awaited=is_awaited) as records:
+            with encoder.encoding(blocks, is_awaited=lambda: is_awaited) as records:
                 assert_right(records, layout=layout, codec=chosen)
         assert pool.stats().encoded == 2 * NUM_SLOTS if not is_awaited else 0 < pool.stats().encoded <= 2 * NUM_SLOTS
         assert pool.stats().failed == 0
@@ -85,7 +97,7 @@ def test_partial_blocks_and_those_that_a_codec_cannot_shrink() -> None:
     with open_pool() as (pool, warm), open_encoder(pool) as encoder:
         warm.slots[0], warm.slots[1] = noise, block_of(1)
         wanted = [(info_of(0), warm.slots[0]), (info_of(1, num_tokens=200), warm.slots[1])]
-        with encoder.encoding(wanted, is_awaited=False) as records:
+        with encoder.encoding(wanted, is_awaited=never) as records:
             assert [each.codec for each in records] == ["raw", "exponent16"]
             for record, (info, block) in zip(records, wanted, strict=True):
                 expected = encode_record(info, block, layout=LAYOUT, codec=EXPONENT16)
@@ -97,18 +109,18 @@ def test_small_blocks_raw_ones_and_memory_elsewhere_are_left_to_the_thread() -> 
     with open_pool() as (pool, warm), open_encoder(pool) as encoder, open_encoder(pool, codec_by_name("raw")) as raw:
         blocks = fill(warm)
         elsewhere = [(info, block.copy()) for info, block in blocks]
-        with encoder.encoding(elsewhere, is_awaited=False) as records:
+        with encoder.encoding(elsewhere, is_awaited=never) as records:
             assert_right(records)
-        with raw.encoding(blocks, is_awaited=False) as records:
+        with raw.encoding(blocks, is_awaited=never) as records:
             assert_right(records, codec=codec_by_name("raw"))
-        with encoder.encoding([(info_of(0, num_tokens=8), warm.slots[0])], is_awaited=False) as records:
+        with encoder.encoding([(info_of(0, num_tokens=8), warm.slots[0])], is_awaited=never) as records:
             assert len(records) == 1
         assert pool._num_requests == 0
 
 
 def test_without_processes_threads_encode() -> None:
     with open_encoder(None) as encoder:
-        for is_awaited in (False, True):
+        for is_awaited in (never, always):
             blocks = [(info_of(number), block_of(number)) for number in range(3)]
             with encoder.encoding(blocks, is_awaited=is_awaited) as records:
                 assert_right(records)
@@ -117,9 +129,9 @@ def test_without_processes_threads_encode() -> None:
 def test_records_that_are_kept_stay_as_they_are() -> None:
     with open_pool(processes=1) as (pool, warm), open_encoder(pool) as encoder:
         blocks = fill(warm)
-        with encoder.encoding(blocks, is_awaited=False, is_kept=True) as kept:
+        with encoder.encoding(blocks, is_awaited=never, is_kept=True) as kept:
             pass
-        with encoder.encoding(blocks[::-1], is_awaited=False):
+        with encoder.encoding(blocks[::-1], is_awaited=never):
             assert_right(kept)
         assert pool.stats().encoded == 2 * NUM_SLOTS
 
@@ -130,7 +142,7 @@ def test_memory_is_used_again_and_only_so_much_is_kept() -> None:
         blocks = fill(warm)
         places: list[int] = []
         for _ in range(3):
-            with encoder.encoding(blocks, is_awaited=False) as records:
+            with encoder.encoding(blocks, is_awaited=never) as records:
                 places.append(len({each.buffer.ctypes.data for each in records}))
                 del records
             assert len(encoder._memory._free) == 1
@@ -154,17 +166,93 @@ def test_memory_that_is_put_back_after_the_end_is_freed() -> None:
     assert len(descriptors() - before) == 1, "the place that was not put back"
 
 
-def test_no_memory_for_a_record_is_left_to_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError(), RuntimeError("no thread")])
+def test_no_memory_for_a_record_is_left_to_the_thread(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_pool() as (pool, warm), open_encoder(pool) as encoder:
         blocks = fill(warm)
 
         def fail(*_: object, **__: object) -> None:
-            raise OSError(28, "No space left on device")
+            raise error
 
-        monkeypatch.setattr(Slab, "__init__", fail)
-        with encoder.encoding(blocks, is_awaited=False) as records:
-            assert_right(records)
-        assert pool.stats().ready == 2 and pool.stats().encoded == 0
+        before = descriptors()
+        monkeypatch.setattr("tierkv.storage.warm.mmap.mmap", fail)
+        for _ in range(3):
+            with encoder.encoding(blocks, is_awaited=never) as records:
+                assert_right(records)
+        monkeypatch.undo()
+        assert pool.stats().encoded == 0
+        assert {each for each in descriptors() if "memfd" in each} == {each for each in before if "memfd" in each}
+
+
+def test_a_thread_that_cannot_be_started_costs_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As at the end of an interpreter, when an engine writes its last blocks."""
+    with open_encoder(None) as unused, ThreadPoolExecutor(1) as threads:
+        assert unused and threads
+        warm = WarmPool(LAYOUT.block_bytes, NUM_SLOTS)
+        pool = ReaderPool.of_slab(warm, num_processes=2, num_in_process=2)
+        assert pool
+        with open_encoder(pool) as encoder:
+
+            def fail(_: threading.Thread) -> None:
+                raise RuntimeError("can't create new thread at interpreter shutdown")
+
+            monkeypatch.setattr(threading.Thread, "start", fail)
+            with encoder.encoding(fill(warm), is_awaited=never) as records:
+                assert_right(records)
+                del records
+            pool.wait_until_ready(never)
+            pool.close()
+            monkeypatch.undo()
+        warm.close()
+        assert pool.stats().processes == 0
+
+
+LAST_BLOCKS = """
+import atexit, sys
+from pathlib import Path
+import numpy as np
+from reading import LAYOUT, NAMESPACE, block_of, eventually
+from tierkv import BlockStore, BlockStoreConfig, Buffers
+
+config = BlockStoreConfig(
+    cold_path=Path(sys.argv[1]), warm_bytes=32 * LAYOUT.block_bytes, num_reader_processes=2, min_free_bytes=0
+)
+store = BlockStore(config, namespace=NAMESPACE)
+keys = store.keys((np.arange(24 * LAYOUT.block_size) % 1000).tolist())
+
+def end():
+    if "late" in sys.argv:
+        save()
+    if "flush" in sys.argv:
+        store.flush()
+    store.close()
+
+def save():
+    store.save(keys, Buffers([block_of(number) for number in range(24)]))
+
+atexit.register(end)
+if "late" not in sys.argv:
+    readers = store._tiers.memory.readers
+    readers.start()
+    eventually(lambda: readers.stats().ready == 2)
+    save()
+"""
+
+
+@pytest.mark.parametrize("how", [("flush",), (), ("late", "flush"), ("late",)], ids="-".join)
+def test_what_is_saved_before_an_interpreter_ends_is_on_disk(how: tuple[str, ...], tmp_path: Path) -> None:
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", LAST_BLOCKS, str(tmp_path / "cold"), *how],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    config = BlockStoreConfig(cold_path=tmp_path / "cold", warm_bytes=8 * LAYOUT.block_bytes, num_reader_processes=0)
+    with BlockStore(config, namespace=NAMESPACE) as store:
+        assert store.contains(store.keys((np.arange(24 * LAYOUT.block_size) % 1000).tolist())) == 24, done.stderr
 
 
 def test_a_process_that_is_killed_costs_no_record() -> None:
@@ -172,7 +260,7 @@ def test_a_process_that_is_killed_costs_no_record() -> None:
         blocks = fill(warm)
         for lost in (1, 2):
             os.kill(pool.pids()[-1], signal.SIGKILL)
-            with encoder.encoding(blocks, is_awaited=False) as records:
+            with encoder.encoding(blocks, is_awaited=never) as records:
                 assert_right(records)
             assert pool.stats().failed == lost
 
@@ -183,7 +271,7 @@ def test_a_process_that_hangs_has_ended_before_its_memory_is_free() -> None:
         blocks = fill(warm)
         (pid,) = pool.pids()
         os.kill(pid, signal.SIGSTOP)
-        with encoder.encoding(blocks[:1], is_awaited=False) as records:
+        with encoder.encoding(blocks[:1], is_awaited=never) as records:
             assert_right(records)
         is_gone = not is_alive(pid)
         place = encoder._memory.take(record_room(LAYOUT, EXPONENT16, LAYOUT.block_size))
@@ -206,7 +294,7 @@ def test_a_wrong_answer_ends_the_process_and_is_no_record(answer: bytes, monkeyp
     with open_pool(processes=1) as (pool, warm), open_encoder(pool) as encoder:
         blocks = fill(warm)
         monkeypatch.setattr(Reader, "ask", lambda self, request, fd, *, timeout_s: answer)
-        with encoder.encoding(blocks[:1], is_awaited=False) as records:
+        with encoder.encoding(blocks[:1], is_awaited=never) as records:
             assert_right(records)
         assert (pool.stats().failed, pool.stats().encoded) == (1, 0)
 
@@ -216,7 +304,7 @@ def test_a_block_that_a_process_refuses_is_encoded_here_and_the_process_stays(mo
         blocks = fill(warm)
         real = pool_module.EncodeRequest
         monkeypatch.setattr(pool_module, "EncodeRequest", lambda **fields: real(**fields | {"codec": "none"}))
-        with encoder.encoding(blocks[:1], is_awaited=False) as records:
+        with encoder.encoding(blocks[:1], is_awaited=never) as records:
             assert_right(records)
         assert (pool.stats().failed, pool.stats().encoded, pool.stats().ready) == (0, 0, 1)
 
@@ -250,13 +338,123 @@ def test_a_quarter_of_the_processes_encodes_beside_an_engine(monkeypatch: pytest
     monkeypatch.setattr(encoder_module, "encode_record", here)
     monkeypatch.setattr(ReaderPool, "encode", there)
     with open_pool(processes=1) as (pool, warm):
-        pool.num_processes = 8
+        pool.num_encoding = 2
         with open_encoder(pool) as encoder:
             blocks = fill(warm)
             for refused[0] in (False, True):
-                with encoder.encoding(blocks, is_awaited=False) as records:
+                with encoder.encoding(blocks, is_awaited=never) as records:
                     assert_right(records)
     assert most == {"there": 2, "here": 1}
+
+
+def test_what_is_awaited_waits_for_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes take what they can, all threads the rest: two at a time at least."""
+    both, may_go_on = threading.Barrier(2, timeout=20), threading.Event()
+    real, hung = encode_record, []
+
+    def here(*arguments: object, **options: object) -> EncodedRecord:
+        both.wait()
+        record = real(*arguments, **options)  # type: ignore[arg-type]
+        may_go_on.set()
+        return record
+
+    def there(*_: object, **__: object) -> None:
+        hung.append(may_go_on.wait(20))
+
+    monkeypatch.setattr(encoder_module, "encode_record", here)
+    monkeypatch.setattr(ReaderPool, "encode", there)
+    with open_pool(processes=1) as (pool, warm), open_encoder(pool) as encoder:
+        blocks = fill(warm)
+        with encoder.encoding(blocks, is_awaited=always) as records:
+            assert len(records) == NUM_SLOTS
+    assert all(hung)
+
+
+def test_a_wait_that_begins_later_frees_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flush that comes while a job is encoded is not held up by what the job began with."""
+    asked: list[bool] = []
+    real = encode_record
+
+    def here(*arguments: object, **options: object) -> EncodedRecord:
+        asked.append(encoder._here.locked())
+        return real(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(encoder_module, "encode_record", here)
+    monkeypatch.setattr(ReaderPool, "encode", lambda *_, **__: None)
+    with open_pool(processes=1) as (pool, warm), open_encoder(pool) as encoder:
+        blocks, count = fill(warm), iter(range(100))
+        with encoder.encoding(blocks, is_awaited=lambda: next(count) >= NUM_SLOTS * 2):
+            pass
+        assert all(asked)
+        asked.clear()
+        with encoder.encoding(blocks, is_awaited=lambda: next(count) >= 0):
+            pass
+    assert not any(asked) and len(asked) == NUM_SLOTS
+
+
+def test_an_error_in_the_pool_costs_no_record_and_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("something unforeseen")
+
+    with open_pool(processes=1) as (pool, warm), open_encoder(pool) as encoder:
+        blocks = fill(warm)
+        monkeypatch.setattr(ReaderPool, "encode", fail)
+        for _ in range(2):
+            with encoder.encoding(blocks, is_awaited=never) as records:
+                assert_right(records)
+
+
+def test_processes_that_hang_hold_up_a_job_once() -> None:
+    with open_pool(processes=2, answer_s=0.5) as (pool, warm):
+        pool.num_encoding = 1
+        with open_encoder(pool) as encoder:
+            blocks = fill(warm)
+            for pid in pool.pids():
+                os.kill(pid, signal.SIGSTOP)
+            with encoder.encoding(blocks, is_awaited=never) as records:
+                assert_right(records)
+        assert pool.stats().failed == 1
+
+
+def test_a_block_whose_tokens_do_not_fit_a_message_is_encoded_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = BlockLayout.uniform(num_layers=1, block_size=20_000, kv_heads=1, head_dim=32, dtype="bfloat16")
+    taken: list[int] = []
+    monkeypatch.setattr(RecordMemory, "take", lambda self, num_bytes: taken.append(num_bytes))
+    with open_pool(processes=1, layout=layout) as (pool, warm), open_encoder(pool, layout=layout) as encoder:
+        blocks = fill(warm, layout)
+        with encoder.encoding(blocks, is_awaited=never) as records:
+            assert_right(records, layout=layout)
+        assert (pool.stats().ready, pool.stats().failed, taken) == (1, 0, [])
+
+
+def test_memory_is_taken_for_a_process_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(RecordMemory, "take", lambda self, num_bytes: taken.append(num_bytes))
+    with open_pool(processes=1) as (pool, warm), open_encoder(pool) as encoder:
+        blocks = fill(warm)
+        reader = pool._take()
+        with encoder.encoding(blocks, is_awaited=never) as records:
+            assert_right(records)
+        assert reader and not taken
+        pool._put_back(reader)
+
+
+def test_to_write_starts_a_quarter_of_the_processes_and_to_read_the_rest() -> None:
+    warm = WarmPool(LAYOUT.block_bytes, NUM_SLOTS)
+    pool = ReaderPool.of_slab(warm, num_processes=4, num_in_process=2)
+    assert pool
+    with open_encoder(pool) as encoder:
+        for _ in range(2):
+            with encoder.encoding(fill(warm), is_awaited=never) as records:
+                assert_right(records)
+                del records
+            eventually(lambda: pool.stats().ready == 1)
+        assert pool.stats().processes == 1
+        pool.start()
+        pool.start(2)
+        eventually(lambda: pool.stats().ready == 4)
+        pool.close()
+    warm.close()
 
 
 def test_closing_the_pool_while_blocks_are_encoded_costs_no_record() -> None:
@@ -267,7 +465,7 @@ def test_closing_the_pool_while_blocks_are_encoded_costs_no_record() -> None:
             os.kill(pid, signal.SIGSTOP)
 
         def encode() -> None:
-            with encoder.encoding(blocks, is_awaited=False) as records:
+            with encoder.encoding(blocks, is_awaited=never) as records:
                 assert_right(records)
 
         encoded = threads.submit(encode)
@@ -277,6 +475,45 @@ def test_closing_the_pool_while_blocks_are_encoded_costs_no_record() -> None:
         assert not any(map(is_alive, pids)) and pool.stats().failed == 0
 
 
+def test_records_lie_in_their_memory_until_they_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And for longer where remote tiers get them."""
+    real = RecordMemory.put_back
+
+    def put_back(self: RecordMemory, place: Slab) -> None:
+        place.bytes[:] = 0xEE
+        real(self, place)
+
+    monkeypatch.setattr(RecordMemory, "put_back", put_back)
+    blocks = [block_of(number) for number in range(16)]
+    config = BlockStoreConfig(
+        cold_path=tmp_path / "cold",
+        warm_bytes=32 * LAYOUT.block_bytes,
+        num_reader_processes=1,
+        min_free_bytes=0,
+        remote=f"dir://{tmp_path / 'remote'}",
+    )
+    with BlockStore(config, namespace=NAMESPACE) as store:
+        keys = store.keys((np.arange(16 * LAYOUT.block_size) % 1000).tolist())
+        tiers: Any = store._tiers
+        readers, memory = tiers.memory.readers, tiers._saver._encoder._memory
+        readers.start()
+        eventually(lambda: readers.stats().ready == 1)
+        written: list[tuple[EncodedRecord, bytes]] = []
+        monkeypatch.setattr(tiers._saver._remote, "write", lambda record: written.append((record, bytes(record.data))))
+        store.save(keys, Buffers(blocks))
+        eventually(lambda: len(written) == 16)
+        store.flush()
+        assert readers.stats().encoded == 16
+        assert all(record.data.tobytes() == then for record, then in written)
+        written.clear()
+    assert memory._is_closed and not memory._free
+    with BlockStore(replace(config, remote=None), namespace=NAMESPACE) as store:
+        out = [bytearray(LAYOUT.block_bytes) for _ in keys]
+        load = store.load(store.reserve(keys), Buffers(out))
+        load.synchronize()
+        assert load.num_loaded == 16 and [bytes(each) for each in out] == [each.tobytes() for each in blocks]
+
+
 def test_a_block_store_has_processes_encode_what_is_saved(tmp_path: Path) -> None:
     namespace = NAMESPACE
     tokens = np.arange(6 * LAYOUT.block_size) % 1000
@@ -284,7 +521,7 @@ def test_a_block_store_has_processes_encode_what_is_saved(tmp_path: Path) -> Non
     config = BlockStoreConfig(
         cold_path=tmp_path / "cold", warm_bytes=8 * LAYOUT.block_bytes, num_reader_processes=2, min_free_bytes=0
     )
-    with BlockStore(namespace=namespace, config=config) as store:
+    with BlockStore(config, namespace=namespace) as store:
         keys = store.keys(tokens.tolist())
         assert isinstance(store._tiers, OwnTiers) and store._tiers.memory and store._tiers.memory.readers
         readers = store._tiers.memory.readers
@@ -296,7 +533,7 @@ def test_a_block_store_has_processes_encode_what_is_saved(tmp_path: Path) -> Non
             os.kill(pid, signal.SIGKILL)
         store.save(keys, Buffers(blocks[3:]), start=3)
         store.flush()
-    with BlockStore(namespace=namespace, config=config) as store:
+    with BlockStore(config, namespace=namespace) as store:
         keys = store.keys(tokens.tolist())
         assert store.contains(keys) == 6
         out = [bytearray(LAYOUT.block_bytes) for _ in keys]

@@ -324,7 +324,11 @@ def test_an_interrupted_request_ends_its_process(tmp_path: Path, monkeypatch: py
         assert not is_alive(pid)
 
 
-@pytest.mark.parametrize("answer", [b"", b"\xc1", b"\x92\x07\x90"], ids=["empty", "no message", "another request"])
+@pytest.mark.parametrize(
+    "answer",
+    [b"", b"\xc1", b"\x92\x07\x90", b"\x92\x01\x90"],
+    ids=["empty", "no message", "another request", "no outcomes"],
+)
 def test_a_wrong_answer_ends_the_process_and_is_no_block(
     answer: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,8 +355,8 @@ def test_processes_that_cannot_start_cost_no_block(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
     record = chain(1)[0]
     with open_large(tmp_path) as store, open_pool(wait=False) as (pool, warm):
-        assert pool._thread
-        pool._thread.join()
+        (thread,) = pool._threads
+        thread.join()
         store.put([record])
         assert read(store, record.info, warm, pool) is None
         assert pool.stats().processes == 0

@@ -226,7 +226,7 @@ class BlockSaver:
         slots = self._memory.slots
         blocks = [(info_of(key, self._root), slots[slot]) for key, slot in zip(job.keys, job.slots, strict=True)]
         is_kept = self._remote is not None
-        with self._encoder.encoding(blocks, is_awaited=self._is_awaited, is_kept=is_kept) as records:
+        with self._encoder.encoding(blocks, is_awaited=lambda: self._is_awaited, is_kept=is_kept) as records:
             if self._remote:
                 for record in records:
                     self._remote.write(record)

@@ -27,7 +27,7 @@ class RecordMemory:
                     return place
         try:
             return Slab(num_bytes, num_threads=1)
-        except (OSError, ValueError):
+        except (OSError, ValueError, MemoryError):
             return None
 
     def put_back(self, place: Slab) -> None:

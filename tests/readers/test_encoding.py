@@ -475,7 +475,10 @@ def test_closing_the_pool_while_blocks_are_encoded_costs_no_record() -> None:
         assert not any(map(is_alive, pids)) and pool.stats().failed == 0
 
 
-def test_records_lie_in_their_memory_until_they_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_remote", [False, True])
+def test_records_lie_in_their_memory_until_they_are_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_remote: bool
+) -> None:
     """And for longer where remote tiers get them."""
     real = RecordMemory.put_back
 
@@ -490,7 +493,7 @@ def test_records_lie_in_their_memory_until_they_are_stored(tmp_path: Path, monke
         warm_bytes=32 * LAYOUT.block_bytes,
         num_reader_processes=1,
         min_free_bytes=0,
-        remote=f"dir://{tmp_path / 'remote'}",
+        remote=f"dir://{tmp_path / 'remote'}" if has_remote else None,
     )
     with BlockStore(config, namespace=NAMESPACE) as store:
         keys = store.keys((np.arange(16 * LAYOUT.block_size) % 1000).tolist())
@@ -499,11 +502,14 @@ def test_records_lie_in_their_memory_until_they_are_stored(tmp_path: Path, monke
         readers.start()
         eventually(lambda: readers.stats().ready == 1)
         written: list[tuple[EncodedRecord, bytes]] = []
-        monkeypatch.setattr(tiers._saver._remote, "write", lambda record: written.append((record, bytes(record.data))))
+        if has_remote:
+            monkeypatch.setattr(
+                tiers._saver._remote, "write", lambda record: written.append((record, bytes(record.data)))
+            )
         store.save(keys, Buffers(blocks))
-        eventually(lambda: len(written) == 16)
+        eventually(lambda: readers.stats().encoded == 16)
         store.flush()
-        assert readers.stats().encoded == 16
+        assert len(written) == (16 if has_remote else 0)
         assert all(record.data.tobytes() == then for record, then in written)
         written.clear()
     assert memory._is_closed and not memory._free

@@ -186,25 +186,27 @@ def test_no_memory_for_a_record_is_left_to_the_thread(error: Exception, monkeypa
 
 def test_a_thread_that_cannot_be_started_costs_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
     """As at the end of an interpreter, when an engine writes its last blocks."""
-    with open_encoder(None) as unused, ThreadPoolExecutor(1) as threads:
-        assert unused and threads
-        warm = WarmPool(LAYOUT.block_bytes, NUM_SLOTS)
-        pool = ReaderPool.of_slab(warm, num_processes=2, num_in_process=2)
-        assert pool
-        with open_encoder(pool) as encoder:
+    warm = WarmPool(LAYOUT.block_bytes, NUM_SLOTS)
+    pool = ReaderPool.of_slab(warm, num_processes=2, num_in_process=2)
+    assert pool
 
-            def fail(_: threading.Thread) -> None:
-                raise RuntimeError("can't create new thread at interpreter shutdown")
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
 
-            monkeypatch.setattr(threading.Thread, "start", fail)
-            with encoder.encoding(fill(warm), is_awaited=never) as records:
-                assert_right(records)
-                del records
-            pool.wait_until_ready(never)
-            pool.close()
-            monkeypatch.undo()
-        warm.close()
-        assert pool.stats().processes == 0
+    with open_encoder(pool) as encoder:
+        monkeypatch.setattr(threading.Thread, "start", fail)
+        pool.start()
+        with encoder.encoding(fill(warm), is_awaited=never) as records:
+            assert_right(records)
+            del records
+        place = encoder._memory.take(1 << 20)
+        assert place, "memory needs no thread"
+        encoder._memory.put_back(place)
+        pool.wait_until_ready(never)
+        pool.close()
+        monkeypatch.undo()
+    warm.close()
+    assert pool.stats().processes == 0
 
 
 LAST_BLOCKS = """

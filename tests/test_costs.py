@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from tierkv.block_store.load_or_compute import LoadOrCompute, Origin
 from tierkv.transfer.recompute_or_load import CostBySize, LoadKind, RecomputeOrLoad
 
 
@@ -69,8 +72,14 @@ def test_a_remote_tier_is_asked_until_loading_and_computing_are_measured_and_loa
     assert sum(not choice.is_worth_asking(10, 2) for _ in range(100)) < 10, "what is not tried is believed less"
 
 
-def test_of_two_works_the_one_that_compiled_a_kernel_does_not_count() -> None:
-    costs = CostBySize()
+def test_of_two_passes_the_one_that_compiled_a_kernel_does_not_count_but_of_two_loads_the_slow_one_does() -> None:
+    choice = RecomputeOrLoad(block_size=256, piece_tokens=256)
+    for costs, expected in ((choice.pass_costs, 0.016), (choice.load_costs[LoadKind(in_memory=False)], 0.858)):
+        for seconds in (0.016, 1.7):
+            costs.add(512, seconds)
+        assert costs.estimate(512) == pytest.approx(expected)
+    store = LoadOrCompute(block_size=256)
     for seconds in (0.016, 1.7):
-        costs.add(512, seconds)
-    assert costs.estimate(512) == 0.016
+        store.record_compute(512, seconds)
+        store.record_load(2, origin=Origin.DISK, seconds=seconds)
+    assert store.compute_s(512) == 0.016 and store.load_s(2, origin=Origin.DISK) == pytest.approx(0.858)

@@ -206,7 +206,8 @@ def test_a_prefix_that_is_faster_computed_is_not_announced(engine: Engine) -> No
     engine.session.costs.record_load(3, origin=Origin.WARM, seconds=1.0)
     assert engine.run(Request("b", ids), list(range(20, 32))) == 0
     assert counters(engine)["computed_instead_tokens"] == 48
-    engine.session.costs.record_compute(48, seconds=1000.0)
+    for _ in range(2):  # of two the faster one counts
+        engine.session.costs.record_compute(48, seconds=1000.0)
     assert engine.run(Request("c", ids), list(range(20, 32))) == 44
 
 

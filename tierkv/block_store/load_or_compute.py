@@ -64,7 +64,7 @@ class LoadOrCompute:
     def __init__(self, *, block_size: int) -> None:
         self._block_size = check_count("block_size", block_size, least=1)
         self._lock = OwnedLock()
-        self._computing = CostBySize()
+        self._computing = CostBySize(is_pass=True)
         self._least_tokens = 1 << 62  # of what was measured
         self._loading: defaultdict[Origin, CostBySize] = defaultdict(CostBySize)
         self._observers: list[Callable[[], None]] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import takewhile
@@ -108,12 +108,14 @@ class ColdPlan:
 
 
 class CostBySize:
-    """Low medians of the last works of about each size (a power of two); in between, straight lines. Thread-safe.
+    """Medians of the last works of about each size (a power of two); in between, straight lines. Thread-safe.
 
-    Of two works the faster one counts: the first pass of its size may have compiled a kernel.
+    is_pass: the works are forward passes, of which the faster one counts where there are two: the first of its size may
+    have compiled a kernel. Of loads their mean counts: one that was slow may be so again, and computing is safe.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_pass: bool = False) -> None:
+        self._median: Callable[[list[float]], float] = statistics.median_low if is_pass else statistics.median
         self._works: dict[int, deque[tuple[int, float]]] = {}
         self._beliefs: dict[int, float] = {}
         self._points: list[tuple[int, float]] | None = None
@@ -149,7 +151,7 @@ class CostBySize:
         """Return (size, seconds) of the median work of about each size."""
         works_by_size = [list(works) for works in list(self._works.values())]  # other threads may be adding
         return sorted(
-            (statistics.median_low([n for n, _ in works]), statistics.median_low([s for _, s in works]))
+            (statistics.median_low([n for n, _ in works]), self._median([s for _, s in works]))
             for works in works_by_size
         )
 
@@ -180,7 +182,7 @@ class RecomputeOrLoad:
     """
 
     def __init__(self, *, block_size: int, piece_tokens: int) -> None:
-        self.pass_costs: CostBySize = CostBySize()
+        self.pass_costs: CostBySize = CostBySize(is_pass=True)
         self.load_costs: defaultdict[LoadKind, CostBySize] = defaultdict(CostBySize)
         self.piece_blocks: int = max(1, piece_tokens // block_size)
         self._piece_tokens = piece_tokens

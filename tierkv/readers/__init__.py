@@ -1,1 +1,1 @@
-"""Reader processes: they read, check and decode cold records into shared memory, beside the interpreter's lock."""
+"""Reader processes: they decode cold records into shared memory, and encode new ones, beside the interpreter's lock."""

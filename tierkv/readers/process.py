@@ -89,13 +89,7 @@ class _Reader:
 
     def _encode(self, request: EncodeRequest, memory_fd: int, layout: BlockLayout) -> EncodeAnswer:
         """Write the record of a block into the memory that came with the request."""
-        info = BlockInfo(
-            block_hash=request.block_hash,
-            parent=request.parent,
-            namespace=request.namespace,
-            content_digest=request.content_digest,
-            token_bytes=request.token_bytes,
-        )
+        info = _info_of(request, request.namespace)
         memory = np.frombuffer(mmap.mmap(memory_fd, request.room), dtype=np.uint8)  # unmapped with its last view
         try:
             block, codec = self._places.view(request.place, layout.block_bytes), codec_by_name(request.codec)
@@ -105,13 +99,7 @@ class _Reader:
         return EncodeAnswer(request.number, record.codec, record.stored_bytes)
 
     def _decode(self, request: ReadRequest, block: BlockRequest, data_fd: int, layout: BlockLayout) -> BlockOutcome:
-        expected = BlockInfo(
-            block_hash=block.block_hash,
-            parent=block.parent,
-            namespace=request.namespace,
-            content_digest=block.content_digest,
-            token_bytes=block.token_bytes,
-        )
+        expected = _info_of(block, request.namespace)
         record = FileRecord(data_fd, offset=block.offset, size=block.size, memory=self._memory)
         try:
             out = self._places.view(block.place, layout.block_bytes)
@@ -121,6 +109,17 @@ class _Reader:
             return BlockOutcome(False)
         except OSError as exc:
             return BlockOutcome(False, exc.errno or 0, exc.strerror or str(exc))
+
+
+def _info_of(block: BlockRequest | EncodeRequest, namespace: bytes) -> BlockInfo:
+    """Return the identity that a request names."""
+    return BlockInfo(
+        block_hash=block.block_hash,
+        parent=block.parent,
+        namespace=namespace,
+        content_digest=block.content_digest,
+        token_bytes=block.token_bytes,
+    )
 
 
 def serve(connection: socket.socket, places: Places, parent: int | None) -> None:
